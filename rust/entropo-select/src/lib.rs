@@ -1,0 +1,1 @@
+//! Candidates, the key language and selection.

@@ -1,0 +1,1 @@
+//! Raw agent records to one normal form.
